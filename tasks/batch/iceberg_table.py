@@ -80,8 +80,7 @@ def check_iceberg(storage: Storage, contract_schema: pa.Schema, run_key: str, op
         raise DestinationUnusable(message)
     _check_types(contract_schema)
     name = parse_table_name(options.iceberg_table or "")
-    with open_catalog(name) as catalog:
-        table = find_table(catalog, name)
+    table = _look_up_table(name)
     if table is None:
         return 0
     _check_columns(table, contract_schema, name)
@@ -95,6 +94,12 @@ def check_iceberg(storage: Storage, contract_schema: pa.Schema, run_key: str, op
         )
         raise DestinationUnusable(message)
     return int(table.properties.get(_ORDER, 0))
+
+
+def _look_up_table(name: TableName) -> Table | None:
+    """Return a table as its catalog has it now, None where there is none. Raises BadInput, StorageFault."""
+    with open_catalog(name) as catalog:
+        return find_table(catalog, name)
 
 
 def open_table_folder(storage: Storage, contract_schema: pa.Schema, options: BatchOptions) -> Storage:
@@ -119,8 +124,7 @@ def open_table_folder(storage: Storage, contract_schema: pa.Schema, options: Bat
 def find_table_folder(options: BatchOptions) -> Storage | None:
     """Open where the table that options name lies, None where there is none. Raises as check_iceberg does."""
     name = parse_table_name(options.iceberg_table or "")
-    with open_catalog(name) as catalog:
-        table = find_table(catalog, name)
+    table = _look_up_table(name)
     return None if table is None else _open_folder(table)
 
 
@@ -308,8 +312,7 @@ def _holds_run(table: Table, plan: Plan, name: TableName) -> bool:
 def check_takes_run(plan: Plan) -> None:
     """Raise PublishRefused where the Iceberg table will take no parts of a plan, as `commit_iceberg`."""
     name = parse_table_name(plan.options.iceberg_table or "")
-    with open_catalog(name) as catalog:
-        table = find_table(catalog, name)
+    table = _look_up_table(name)
     if table is not None:
         _holds_run(table, plan, name)
 
@@ -395,8 +398,7 @@ def read_table(storage: Storage, plan: Plan) -> TableState | None:
     None where the catalog has no such table. Raises BadInput, StorageFault.
     """
     name = parse_table_name(plan.options.iceberg_table or "")
-    with open_catalog(name) as catalog:
-        table = find_table(catalog, name)
+    table = _look_up_table(name)
     if table is None:
         return None
     files = {path: file for path, file in _list_files(table, storage).items() if path != file.file_path}
@@ -416,8 +418,7 @@ def list_table_files(storage: Storage, table: str) -> TableFiles:
     StorageFault.
     """
     name = parse_table_name(table)
-    with open_catalog(name) as catalog:
-        found = find_table(catalog, name)
+    found = _look_up_table(name)
     current = None if found is None else found.current_snapshot()
     if found is None or current is None:
         return TableFiles(named={}, whole={}, is_there=found is not None)

@@ -36,6 +36,7 @@ from tasks.batch.run_records import (
     TABLE_ORDER,
     OrderNumber,
     list_order_numbers,
+    list_recorded_runs,
     order_path,
     parse_order_number,
     read_record,
@@ -230,12 +231,11 @@ def find_earlier_keys(storage: Storage, model: ModelPin, source: Snapshot, optio
 
     Keys change with a release, and what a Delta table holds already would be added to it once more.
     """
-    paths = [entry.path for entry in storage.entries(ROOT, depth=2)]
-    manifests = read_manifests(storage, paths)
+    planned, published = list_recorded_runs(storage)
+    manifests = read_manifests(storage, [manifest_path(run) for run in sorted(published)])
     runs = {manifest.run for manifest in manifests if manifest.output == "delta" and not manifest.plan_digest}
     # One that was ended between its commit to the table and its manifest has a plan alone.
-    planned = {path.split("/")[1] for path in paths if path.endswith("/plan.json")}
-    runs |= planned - {path.split("/")[1] for path in paths if path.endswith("/manifest.json")}
+    runs |= planned - published
     keys = []
     for run in sorted(runs):
         with suppress(DestinationUnusable):

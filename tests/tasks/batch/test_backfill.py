@@ -31,7 +31,7 @@ from tests.tasks.batch.test_reuse import call, write
 
 OPTIONS = BatchOptions(key_columns=("id",))
 DAYS = ("2026-10-31", "2026-11-01", "2026-11-02", "2026-11-10")
-# Which table it is, and whether it is there, nobody asks before a piece is scored.
+# No catalog is asked for it before a piece of it is scored.
 TABLE = "iceberg:shop.customers"
 NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)
 
