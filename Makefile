@@ -100,7 +100,7 @@ side-that-waits:
 	@$(OWN_JOBS) $(MAKE) -k -j 3 --output-sync=target $(MACHINE_GROUPS) $(SERVER_GROUPS)
 
 side-that-computes:
-	@$(OWN_JOBS) nice -n 10 $(MAKE) -k -j 2 --output-sync=target types $(VALUE_GROUPS)
+	@$(OWN_JOBS) nice -n 5 $(MAKE) -k -j 2 --output-sync=target types $(VALUE_GROUPS)
 
 SERVERS := -m "servers and not machines and not whole" --durations=30 --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
