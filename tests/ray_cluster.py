@@ -17,6 +17,7 @@ from infra.local.process import (
     HOST,
     RunningServer,
     ServerCommand,
+    ServerFailed,
     base_environment,
     hold_ports,
     send_request,
@@ -30,6 +31,9 @@ _PORT_FLAGS = (
 # Serve sends nothing through it; the default is a third of the memory.
 _OBJECT_STORE_BYTES = 128 << 20
 _READY_S_MAX = 120.0
+# Ray gives its node 30 s to report, a constant of its own, and ends with these words: on a busy machine it is late.
+_LATE = "The current node timed out during startup"
+_ATTEMPTS_MAX = 3
 _GRACE_S = 30.0
 _SERVER_ENVIRONMENT = {
     # A node that ends first waits half a minute for others to take over its work.
@@ -62,14 +66,26 @@ class RayCluster(RunningServer):
 def ray_cluster(folder: Path, *, cpus: int = 8, environment: Mapping[str, str] | None = None) -> RayCluster:
     """Start a cluster that counts `cpus` CPUs, whatever the machine has, and return once its dashboard answers.
 
-    Its log is in `folder`; `environment` is added to that of its workers. Raises ServerFailed.
+    Its log is in `folder`; `environment` is added to that of its workers. Raises ServerFailed: after three attempts
+    if its node was late, or at once for any other reason.
     """
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            return _start_cluster(folder, cpus, environment or {})
+        except ServerFailed as failure:
+            if _LATE not in failure.log or attempts == _ATTEMPTS_MAX:
+                raise
+
+
+def _start_cluster(folder: Path, cpus: int, environment: Mapping[str, str]) -> RayCluster:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # The path of a Unix socket ends at 107 characters, of which Ray takes 60 below its folder: TMPDIR may be too long.
     session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     token = secrets.token_hex(32)
-    given = {**_make_environment(token), **(environment or {})}
+    given = {**_make_environment(token), **environment}
     try:
         process, ports = start_on_free_ports(
             len(_PORT_FLAGS), lambda ports: _make_command(folder, session, ports, cpus, token, given)
@@ -108,14 +124,18 @@ def _make_command(
         # Ray puts the folder it is started in first on its workers' path: keep it ours.
         folder=folder,
         log_path=folder / "ray.log",
-        # Only this very cluster knows the new token.
-        ready=lambda: (
-            send_request("GET", ports[1], "/api/serve/applications/", {"Authorization": f"Bearer {token}"}).ok
-        ),
+        ready=lambda: _is_ready(ports[1], token),
         ready_s_max=_READY_S_MAX,
         # Ray's processes are not of one group: the first of them ends the others, and needs the time for it.
         grace_s=_GRACE_S,
     )
+
+
+def _is_ready(port: int, token: str) -> bool:
+    # Only this very cluster knows the new token. The dashboard answers before the node has reported.
+    headers = {"Authorization": f"Bearer {token}"}
+    nodes = send_request("GET", port, "/nodes?view=summary", headers)
+    return '"ALIVE"' in nodes.text and send_request("GET", port, "/api/serve/applications/", headers).ok
 
 
 def _make_environment(token: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from serving.model.contract import Frozen
 from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import map_parallel
 from tasks.batch.parts import is_part_name
-from tasks.batch.plan import CHALLENGERS, ROOT, manifest_path
+from tasks.batch.plan import CHALLENGERS, ROOT, manifest_path, plan_path
 from tasks.batch.run_records import OrderNumber, list_order_numbers, order_path, read_record
 from tasks.batch.survey import Records, Survey, read_records, survey_destination
 from tasks.storage import Entry, Storage
@@ -143,7 +143,7 @@ def choose_dropped(survey: Survey, keep: int | None, unfinished_before: datetime
         older = [manifest.run for manifest in reversed(published[last + 1 :])]
         dropped = {run: f"older than the newest {keep}" for run in older if manifest_path(run) in listed}
     if unfinished_before is not None:
-        plans = [plan for plan in survey.records.unfinished.values() if f"{plan.folder}/plan.json" in listed]
+        plans = [plan for plan in survey.records.unfinished.values() if plan_path(plan.run) in listed]
         old = [plan for plan in plans if plan.planned_at < unfinished_before]
         old.sort(key=lambda plan: plan.planned_at)
         dropped |= {plan.run: f"unfinished since {plan.planned_at:%Y-%m-%d}" for plan in old}
@@ -231,7 +231,7 @@ def _name_records(run: str) -> tuple[str, str]:
     A run that has lost its plan alone still opens, and is dropped next time. One without its manifest would be a run
     that is not published yet, and stay.
     """
-    return f"{ROOT}/{run}/plan.json", manifest_path(run)
+    return plan_path(run), manifest_path(run)
 
 
 def _find_order_records(storage: Storage, survey: Survey, choice: Choice) -> dict[str, str]:

@@ -243,6 +243,11 @@ class Plan(Frozen):
         return f"{ROOT}/{self.run}"
 
 
+def plan_path(run: str) -> str:
+    """Return where the plan of a run lies below the destination."""
+    return f"{ROOT}/{run}/plan.json"
+
+
 def manifest_path(run: str) -> str:
     """Return where the manifest of a run lies below the destination."""
     return f"{ROOT}/{run}/manifest.json"

@@ -30,7 +30,7 @@ from tasks.batch.manifest import (
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_footer import PartFooter, Reasons, read_footer
 from tasks.batch.parts import ChunkId, list_parts
-from tasks.batch.plan import ROOT, Plan, manifest_path
+from tasks.batch.plan import ROOT, Plan, manifest_path, plan_path
 from tasks.batch.run_records import (
     ORDER,
     TABLE_ORDER,
@@ -239,7 +239,7 @@ def find_earlier_keys(storage: Storage, model: ModelPin, source: Snapshot, optio
     keys = []
     for run in sorted(runs):
         with suppress(DestinationUnusable):
-            plan = read_record(storage, f"{ROOT}/{run}/plan.json", Plan)
+            plan = read_record(storage, plan_path(run), Plan)
             if plan is not None and not plan.digest and _is_same_call(plan, model, source, options):
                 keys.append(plan.key)
     return keys

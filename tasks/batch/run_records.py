@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from serving.errors import DestinationUnusable, FormatTooNew, OvernightError, PublishRefused, RunNameTaken
 from serving.model.contract import Frozen
 from serving.option_words import name_option
-from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, digest_plan
+from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, digest_plan, plan_path
 from tasks.storage import Storage
 
 # The numbers in the order of runs of a destination, and those of an Iceberg table, where the table lies. The sources
@@ -34,7 +34,7 @@ def save_plan(storage: Storage, plan: Plan) -> Plan:
 
     Raises RunNameTaken where the explicit name holds a run of another plan.
     """
-    storage.put_new(f"{plan.folder}/plan.json", plan.model_dump_json().encode())
+    storage.put_new(plan_path(plan.run), plan.model_dump_json().encode())
     standing = load_plan(storage, plan.run)
     if standing is None:
         message = f"The plan of run {plan.run} must be readable once written, but is gone from {storage.url}."
@@ -48,13 +48,13 @@ def load_plan(storage: Storage, run: str) -> Plan | None:
     One of an earlier release has no digest and gets it here; its parts of then bear none, and are scored again.
     Raises DestinationUnusable where the plan is not what its digest says.
     """
-    plan = read_record(storage, f"{ROOT}/{run}/plan.json", Plan)
+    plan = read_record(storage, plan_path(run), Plan)
     if plan is None or not plan.shards:
         return plan
     digest = digest_plan(plan)
     if plan.digest and plan.digest != digest:
         message = (
-            f"{storage.address(f'{plan.folder}/plan.json')} must be as it was written, with the digest "
+            f"{storage.address(plan_path(plan.run))} must be as it was written, with the digest "
             f"{plan.digest[:12]}, but its content has {digest[:12]}. Put it back, or delete {plan.folder} below the "
             "destination, and call again for all of the run."
         )
@@ -195,7 +195,7 @@ def confirm_plan(storage: Storage, plan: Plan) -> Plan:
             raise PublishRefused(message)
     if stored is None or (stored.key, stored.digest) != (plan.key, plan.digest):
         message = (
-            f"{storage.address(f'{plan.folder}/plan.json')} must stand until run {plan.run} is published, but "
+            f"{storage.address(plan_path(plan.run))} must stand until run {plan.run} is published, but "
             f"{'is gone' if stored is None else 'is another by now'}. Nothing was published; call again: the run is "
             "planned once more, and parts that are there are taken where that plan comes out the same."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from serving.errors import DestinationUnusable
 from serving.extras import import_extra
 from tasks.batch.delta import TableFiles, TableState, check_takes_run, list_table_files, read_table
-from tasks.batch.plan import ROOT, Plan, manifest_path
+from tasks.batch.plan import Plan, manifest_path, plan_path
 from tasks.batch.run_records import load_plan
 from tasks.storage import Storage
 
@@ -23,7 +23,7 @@ def find_table_name(storage: Storage, run: str, output: str) -> str | None:
     plan = load_plan(storage, run)
     if plan is None or plan.options.iceberg_table is None:
         message = (
-            f"{storage.address(f'{ROOT}/{run}/plan.json')} must be there, since it names the Iceberg table that run "
+            f"{storage.address(plan_path(run))} must be there, since it names the Iceberg table that run "
             f"{run} went into, but is gone. Put it back, or read the table itself."
         )
         raise DestinationUnusable(message)

@@ -16,7 +16,7 @@ from tasks.batch.manifest import Manifest, find_manifest
 from tasks.batch.part_check import Damage, DamageKind, ExpectedPart, PartCheck, PartReader, describe_size, expect_part
 from tasks.batch.part_footer import PartFooter
 from tasks.batch.parts import list_reused_parts, part_path
-from tasks.batch.plan import ROOT, Plan, manifest_path
+from tasks.batch.plan import Plan, manifest_path, plan_path
 from tasks.batch.publish import make_manifest
 from tasks.batch.run_records import OrderNumber, load_plan, order_path, read_record
 from tasks.batch.run_tables import explain_missing_run, read_table_state
@@ -200,7 +200,7 @@ class _Findings:
     def read_plan(self, run: str, manifest: Manifest | None) -> Plan | None:
         """Read the plan of a run, or of the stream's table that it is a commit of; to have none is a damage."""
         name = run.rpartition("-")[0] if manifest is not None and manifest.commit else run
-        path = f"{ROOT}/{name}/plan.json"
+        path = plan_path(name)
         try:
             plan = load_plan(self.storage, name)
         except (DestinationUnusable, FormatTooNew) as error:
