@@ -3,11 +3,16 @@
 Its inputs are named after the number of a model and an output of it, as in "1.score"; its config has the outputs.
 """
 
+# ruff: noqa: E402 - pauses are watched before anything takes time
 import json
 import os
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from serving.targets.triton_pauses import PauseWatch
+
+_PAUSES = PauseWatch()
 
 import numpy as np
 import torch
@@ -26,6 +31,7 @@ class TritonPythonModel:
             each["name"]: [name for name in inputs if name.partition(".")[2] == each["name"]]
             for each in config["output"]
         }
+        _PAUSES.finish()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, in their order."""
@@ -41,3 +47,6 @@ def _average(request: Any, output: str, names: list[str]) -> Any:
     mean = np.mean(values, axis=0, dtype=np.float64).astype(values[0].dtype)
     # Triton marks a capsule as used in a way that numpy's own complains of, and torch's does not.
     return pb_utils.Tensor.from_dlpack(output, torch.from_numpy(np.ascontiguousarray(mean)))
+
+
+_PAUSES.check()

@@ -13,6 +13,11 @@ gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+from serving.targets.triton_pauses import PauseWatch
+
+# The imports below are most of a load.
+_PAUSES = PauseWatch()
+
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
@@ -32,6 +37,7 @@ class TritonPythonModel:
         self.contract = self.runtime.release.contract
         gc.freeze()
         gc.enable()
+        _PAUSES.finish()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, in their order. One that fails gets its reason, and the others their answers."""
@@ -90,3 +96,7 @@ def _to_tensor(array: Any, value: Output) -> Any:
         return pb_utils.Tensor(value.name, shaped)
     # Triton marks a capsule as used in a way that numpy's own complains of, and torch's does not.
     return pb_utils.Tensor.from_dlpack(value.name, torch.from_numpy(shaped))
+
+
+# What runs next, before `initialize`, is Triton's own code.
+_PAUSES.check()

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Generator
@@ -420,7 +421,7 @@ def test_an_endpoint_whose_process_died_is_unloaded_and_loaded_again(
     assert ["A"] == words.ask(words_at, word_rows("a"))["upper"].tolist()
 
 
-_TRAP_ONCE = """
+_TRAP = """
 import os
 import signal
 from pathlib import Path
@@ -437,7 +438,7 @@ def test_a_load_whose_process_dies_by_a_signal_is_tried_again(
     triton: TritonServer, fraud: Served, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        trapping_model(triton, fraud, name, times=1) as model,
+        model_with_code(triton, fraud, f"trap-{name}", _TRAP.format(name=name, times=1), before="import gc") as model,
         caplog.at_level(logging.WARNING, "serving.targets.triton_control"),
     ):
         control_model(triton.grpc, "load", model, timeout_s=60)
@@ -447,8 +448,53 @@ def test_a_load_whose_process_dies_by_a_signal_is_tried_again(
     assert [f"{model}: a process died while it started; loaded again (1 of 2)"] == caplog.messages
 
 
+_PAUSE_ONCE = """
+import subprocess
+import time
+
+resumed = Path(__file__).with_name("resumed")
+if not resumed.exists():
+    pid = os.getpid()
+    subprocess.Popen(["sh", "-c", f"kill -STOP {pid}; sleep 2.5; kill -CONT {pid}; touch {resumed}"])
+while not resumed.exists():
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(
+    "before", [pytest.param("import numpy", id="imports"), pytest.param("        gc.freeze()", id="loads")]
+)
+def test_a_process_that_stands_still_for_seconds_while_it_loads_is_started_again(
+    triton: TritonServer, fraud: Served, before: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        model_with_code(triton, fraud, f"paused-{before.strip()[:6]}", _PAUSE_ONCE, before=before) as model,
+        caplog.at_level(logging.WARNING, "serving.targets.triton_control"),
+    ):
+        control_model(triton.grpc, "load", model, timeout_s=60)
+        ready = httpx.get(f"{triton.url}/v2/models/{model}/ready").status_code
+
+    assert 200 == ready
+    assert [f"{model}: a process died while it started; loaded again (1 of 2)"] == caplog.messages
+
+
+def test_a_process_that_holds_the_interpreters_lock_for_seconds_while_it_loads_goes_on(
+    triton: TritonServer, fraud: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    holding = "import ctypes\n\nctypes.PyDLL(None).usleep(2_500_000)\n"
+    with (
+        model_with_code(triton, fraud, "holding", holding, before="import numpy") as model,
+        caplog.at_level(logging.WARNING, "serving.targets.triton_control"),
+    ):
+        control_model(triton.grpc, "load", model, timeout_s=60)
+        ready = httpx.get(f"{triton.url}/v2/models/{model}/ready").status_code
+
+    assert 200 == ready
+    assert [] == caplog.messages
+
+
 def test_a_load_whose_process_always_dies_is_refused_after_three_tries(triton: TritonServer, fraud: Served) -> None:
-    with trapping_model(triton, fraud, "SIGILL", times=99) as model:
+    with model_with_code(triton, fraud, "traps", _TRAP.format(name="SIGILL", times=99), before="import gc") as model:
         with pytest.raises(ControlRefused, match="is not healthy"):
             control_model(triton.grpc, "load", model, timeout_s=60)
         trapped = list((triton.repository / model / fraud.release.version).glob("trapped*"))
@@ -457,13 +503,15 @@ def test_a_load_whose_process_always_dies_is_refused_after_three_tries(triton: T
 
 
 @contextmanager
-def trapping_model(triton: TritonServer, like: Served, name: str, *, times: int) -> Generator[str]:
-    """Have a release in the repository whose process dies by a signal as often as this, when it starts."""
-    model = f"traps.{name.lower()}{times}"
+def model_with_code(triton: TritonServer, like: Served, model: str, code: str, *, before: str) -> Generator[str]:
+    """Have a release in the repository whose model.py runs this code before a line of its own."""
     write_folder(TritonTarget(model=model).render(like.release, like.model), triton.repository / ".new")
     (triton.repository / ".new" / model).rename(triton.repository / model)
     file = triton.repository / model / like.release.version / "model.py"
-    file.write_text(_TRAP_ONCE.format(name=name, times=times) + file.read_text())
+    text = file.read_text()
+    assert before in text
+    spaces = " " * (len(before) - len(before.lstrip()))
+    file.write_text(text.replace(before, textwrap.indent(code, spaces) + before, 1))
     try:
         yield model
     finally:
