@@ -44,7 +44,7 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
-# The whole of CI on HEAD, in a fresh clone with a new environment: 41 to 54 minutes on two cores that do nothing else. A
+# The whole of CI on HEAD, in a fresh clone with a new environment: 35 to 57 minutes on two cores that do nothing else. A
 # commit that passes is written into .git/ci-passed.
 ci:
 	@.ci/run-clean

@@ -17,7 +17,6 @@ from infra.local.process import (
     HOST,
     RunningServer,
     ServerCommand,
-    ServerFailed,
     base_environment,
     hold_ports,
     send_request,
@@ -33,7 +32,6 @@ _OBJECT_STORE_BYTES = 128 << 20
 _READY_S_MAX = 120.0
 # Ray gives its node 30 s to report, a constant of its own, and ends with these words: on a busy machine it is late.
 _LATE = "The current node timed out during startup"
-_ATTEMPTS_MAX = 3
 _GRACE_S = 30.0
 _SERVER_ENVIRONMENT = {
     # A node that ends first waits half a minute for others to take over its work.
@@ -64,31 +62,22 @@ class RayCluster(RunningServer):
 
 
 def ray_cluster(folder: Path, *, cpus: int = 8, environment: Mapping[str, str] | None = None) -> RayCluster:
-    """Start a cluster that counts `cpus` CPUs, whatever the machine has, and return once its dashboard answers.
+    """Start a cluster that counts `cpus` CPUs, whatever the machine has.
 
-    Its log is in `folder`; `environment` is added to that of its workers. Raises ServerFailed: after three attempts
-    if its node was late, or at once for any other reason.
+    It returns once the dashboard answers and the node has reported. Its log is in `folder`; `environment` is added to
+    that of its workers. Raises ServerFailed: after four attempts if its node was late, or at once for another reason.
     """
-    attempts = 0
-    while True:
-        attempts += 1
-        try:
-            return _start_cluster(folder, cpus, environment or {})
-        except ServerFailed as failure:
-            if _LATE not in failure.log or attempts == _ATTEMPTS_MAX:
-                raise
-
-
-def _start_cluster(folder: Path, cpus: int, environment: Mapping[str, str]) -> RayCluster:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # The path of a Unix socket ends at 107 characters, of which Ray takes 60 below its folder: TMPDIR may be too long.
     session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     token = secrets.token_hex(32)
-    given = {**_make_environment(token), **environment}
+    given = {**_make_environment(token), **(environment or {})}
     try:
         process, ports = start_on_free_ports(
-            len(_PORT_FLAGS), lambda ports: _make_command(folder, session, ports, cpus, token, given)
+            len(_PORT_FLAGS),
+            lambda ports: _make_command(folder, session, ports, cpus, token, given),
+            passing=[_LATE],
         )
     except BaseException:
         shutil.rmtree(session, ignore_errors=True)

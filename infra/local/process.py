@@ -242,10 +242,11 @@ def _start_guard(command: ServerCommand) -> subprocess.Popen[bytes]:
 
 
 def start_on_free_ports(
-    count: int, command: Callable[[Sequence[int]], ServerCommand]
+    count: int, command: Callable[[Sequence[int]], ServerCommand], *, passing: Sequence[str] = ()
 ) -> tuple[ServerProcess, tuple[int, ...]]:
     """Start `command(ports)`, again on new ports where its log shows that one was taken meanwhile.
 
+    It is also started again where its log has one of the words of `passing`: of failures that pass by themselves.
     Returns the running server and its ports. Raises ServerFailed: after four attempts, or at once for any other reason.
     """
     attempts = 0
@@ -255,8 +256,8 @@ def start_on_free_ports(
             try:
                 return ServerProcess(command(ports)), ports
             except ServerFailed as failure:
-                port_taken = any(phrase in failure.log.lower() for phrase in _TAKEN)
-                if not port_taken or attempts == _ATTEMPTS_MAX:
+                passes = any(words.lower() in failure.log.lower() for words in (*_TAKEN, *passing))
+                if not passes or attempts == _ATTEMPTS_MAX:
                     raise
 
 
