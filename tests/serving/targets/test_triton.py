@@ -432,22 +432,6 @@ if len(list(Path(__file__).parent.glob("trapped*"))) < {times}:
     os.kill(os.getpid(), signal.{name})
 """
 
-
-@pytest.mark.parametrize("name", ["SIGILL", "SIGTRAP", "SIGSEGV"])
-def test_a_load_whose_process_dies_by_a_signal_is_tried_again(
-    triton: TritonServer, fraud: Served, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with (
-        model_with_code(triton, fraud, f"trap-{name}", _TRAP.format(name=name, times=1), before="import gc") as model,
-        caplog.at_level(logging.WARNING, "serving.targets.triton_control"),
-    ):
-        control_model(triton.grpc, "load", model, timeout_s=60)
-        ready = httpx.get(f"{triton.url}/v2/models/{model}/ready").status_code
-
-    assert 200 == ready
-    assert [f"{model}: a process died while it started; loaded again (1 of 2)"] == caplog.messages
-
-
 _PAUSE_ONCE = """
 import subprocess
 import time
@@ -460,37 +444,41 @@ while not resumed.exists():
     time.sleep(0.05)
 """
 
+_HOLD_LOCK = "import ctypes\n\nctypes.PyDLL(None).usleep(2_500_000)\n"
+
 
 @pytest.mark.parametrize(
-    "before", [pytest.param("import numpy", id="imports"), pytest.param("        gc.freeze()", id="loads")]
+    ("model", "code", "before", "again"),
+    [
+        *(
+            pytest.param(f"trap-{name}", _TRAP.format(name=name, times=1), "import gc", True, id=f"dies by {name}")
+            for name in ("SIGILL", "SIGTRAP", "SIGSEGV")
+        ),
+        pytest.param("paused-import", _PAUSE_ONCE, "import numpy", True, id="stands still for seconds, importing"),
+        pytest.param("paused-load", _PAUSE_ONCE, "        gc.freeze()", True, id="stands still for seconds, loading"),
+        pytest.param("holding", _HOLD_LOCK, "import numpy", False, id="holds the interpreter's lock for seconds"),
+    ],
 )
-def test_a_process_that_stands_still_for_seconds_while_it_loads_is_started_again(
-    triton: TritonServer, fraud: Served, before: str, caplog: pytest.LogCaptureFixture
+def test_a_load_is_tried_again_if_its_process_dies_or_stands_still(
+    triton: TritonServer,
+    fraud: Served,
+    model: str,
+    code: str,
+    before: str,
+    *,
+    again: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with (
-        model_with_code(triton, fraud, f"paused-{before.strip()[:6]}", _PAUSE_ONCE, before=before) as model,
+        model_with_code(triton, fraud, model, code, before=before),
         caplog.at_level(logging.WARNING, "serving.targets.triton_control"),
     ):
         control_model(triton.grpc, "load", model, timeout_s=60)
         ready = httpx.get(f"{triton.url}/v2/models/{model}/ready").status_code
 
     assert 200 == ready
-    assert [f"{model}: a process died while it started; loaded again (1 of 2)"] == caplog.messages
-
-
-def test_a_process_that_holds_the_interpreters_lock_for_seconds_while_it_loads_goes_on(
-    triton: TritonServer, fraud: Served, caplog: pytest.LogCaptureFixture
-) -> None:
-    holding = "import ctypes\n\nctypes.PyDLL(None).usleep(2_500_000)\n"
-    with (
-        model_with_code(triton, fraud, "holding", holding, before="import numpy") as model,
-        caplog.at_level(logging.WARNING, "serving.targets.triton_control"),
-    ):
-        control_model(triton.grpc, "load", model, timeout_s=60)
-        ready = httpx.get(f"{triton.url}/v2/models/{model}/ready").status_code
-
-    assert 200 == ready
-    assert [] == caplog.messages
+    told = [f"{model}: a process died while it started; loaded again (1 of 2)"]
+    assert (told if again else []) == caplog.messages
 
 
 def test_a_load_whose_process_always_dies_is_refused_after_three_tries(triton: TritonServer, fraud: Served) -> None:
