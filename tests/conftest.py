@@ -18,7 +18,7 @@ from _pytest.runner import runtestprotocol
 
 from tests import leftovers
 from tests.child_environment import STARTUP, add_folder
-from tests.servers import has_triton_crashed, hold_port, set_environment, triton_or_skip
+from tests.servers import has_triton_crashed, hold_port, read_triton_log, set_environment, triton_or_skip
 
 # What is imported until all tests are collected stays. Python need not look for garbage in it, also not at the end.
 gc.disable()
@@ -107,6 +107,9 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         item.session._setupstate.teardown_exact(module.parent)  # type: ignore[arg-type]
         reports = runtestprotocol(item, log=False, nextitem=nextitem)
     for report in reports:
+        if report.failed:
+            # It says why a load failed, and is gone with the folders of the tests.
+            report.sections.append(("Triton's log", read_triton_log()))
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True

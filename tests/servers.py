@@ -17,6 +17,7 @@ from infra.local.triton import TritonServer, triton_server
 from infra.local.venv import RegistryUnreachable, make_venv
 
 _tritons: list[TritonServer] = []
+_LOG_LINES = 200
 
 
 def triton_or_skip(folder: Path) -> TritonServer:
@@ -32,6 +33,11 @@ def triton_or_skip(folder: Path) -> TritonServer:
 def has_triton_crashed() -> bool:
     """Return whether the Triton that was started last has ended by a fault of its own, or does within some seconds."""
     return bool(_tritons) and _tritons[-1].has_crashed()
+
+
+def read_triton_log() -> str:
+    """Return the last lines that the Triton that was started last, or a model on it, has logged."""
+    return "\n".join(_tritons[-1].process.log_text().splitlines()[-_LOG_LINES:]) if _tritons else ""
 
 
 def python_or_skip(name: str) -> Path:

@@ -6,10 +6,11 @@ every other connection of that thread waits for as long as the load takes: calle
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -36,7 +37,8 @@ _UNLOAD_DEPENDENTS = b"\x1a\x17\x0a\x11unload_dependents\x12\x02\x08\x01"
 _LENGTH_MAX = 127
 # What Triton says of a process of a Python model that is gone: when it loads the model, and to each request later.
 DEAD_PROCESS = "is not healthy"
-_ATTEMPTS_MAX = 3
+# How long a load waits before each further attempt. What stopped a process, as a machine too busy to run it, may last.
+RETRY_WAITS_S = (1.0, 5.0, 15.0)
 _log = logging.getLogger(__name__)
 
 
@@ -136,19 +138,22 @@ class ControlRefused(Exception):
         self.reached = reached
 
 
-def control_model(address: str, verb: Verb, model: str, *, timeout_s: float) -> None:
+def control_model(
+    address: str, verb: Verb, model: str, *, timeout_s: float, waits_s: Sequence[float] = RETRY_WAITS_S
+) -> None:
     """Load a model, or unload it, and return once that is done. Raises ControlRefused.
 
     A model that is loaded is loaded again from its files, and serves on until the new one is ready. With a graph its
-    steps are loaded and unloaded. A load during which a process of the model dies is tried again, twice at most.
+    steps are loaded and unloaded. A load during which a process of the model dies is tried again after each of the
+    waits; the steps of a graph that have loaded by then are kept.
     """
     with grpc.insecure_channel(address, options=_OPTIONS) as channel:
         call = channel.unary_unary(_method_path(verb))
-        for attempt in itertools.count(1):
+        for attempt in itertools.count():
             try:
                 call(_encode_request(verb, model), timeout=timeout_s)
             except grpc.RpcError as error:
-                _check_may_retry(_make_refusal(error), model, attempt)
+                time.sleep(_choose_wait(_make_refusal(error), model, attempt, waits_s))
             else:
                 return
 
@@ -157,23 +162,28 @@ async def control_model_async(address: str, verb: Verb, model: str) -> None:
     """Do the same as `control_model`, in an event loop. The caller bounds the time."""
     async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
         call = channel.unary_unary(_method_path(verb))
-        for attempt in itertools.count(1):
+        for attempt in itertools.count():
             try:
                 await call(_encode_request(verb, model))
             except grpc.aio.AioRpcError as error:
-                _check_may_retry(_make_refusal(error), model, attempt)
+                await asyncio.sleep(_choose_wait(_make_refusal(error), model, attempt, RETRY_WAITS_S))
             else:
                 return
 
 
-def _check_may_retry(refused: ControlRefused, model: str, attempt: int) -> None:
-    """Raise the refusal, unless a process of the model died while it started, and there are attempts left.
+def _choose_wait(refused: ControlRefused, model: str, attempt: int, waits_s: Sequence[float]) -> float:
+    """Return the seconds to wait until a model is loaded again, or raise the refusal where it is final.
 
     A process may die by a signal in Triton's own code, before it has read the model; the next one then starts.
     """
-    if DEAD_PROCESS not in str(refused) or attempt == _ATTEMPTS_MAX:
+    if DEAD_PROCESS not in str(refused) or attempt == len(waits_s):
         raise refused
-    _log.warning("%s: a process died while it started; loaded again (%d of %d)", model, attempt, _ATTEMPTS_MAX - 1)
+    wait_s = waits_s[attempt]
+    _log.warning(
+        "%s: a process died while it started; loaded again in %g s (%d of %d)",
+        *(model, wait_s, attempt + 1, len(waits_s)),
+    )
+    return wait_s
 
 
 def _method_path(verb: Verb) -> str:

@@ -473,18 +473,18 @@ def test_a_load_is_tried_again_if_its_process_dies_or_stands_still(
         model_with_code(triton, fraud, model, code, before=before),
         caplog.at_level(logging.WARNING, "serving.targets.triton_control"),
     ):
-        control_model(triton.grpc, "load", model, timeout_s=60)
+        control_model(triton.grpc, "load", model, timeout_s=60, waits_s=(0.0, 0.0))
         ready = httpx.get(f"{triton.url}/v2/models/{model}/ready").status_code
 
     assert 200 == ready
-    told = [f"{model}: a process died while it started; loaded again (1 of 2)"]
+    told = [f"{model}: a process died while it started; loaded again in 0 s (1 of 2)"]
     assert (told if again else []) == caplog.messages
 
 
-def test_a_load_whose_process_always_dies_is_refused_after_three_tries(triton: TritonServer, fraud: Served) -> None:
+def test_a_load_whose_process_always_dies_is_refused_after_the_last_wait(triton: TritonServer, fraud: Served) -> None:
     with model_with_code(triton, fraud, "traps", _TRAP.format(name="SIGILL", times=99), before="import gc") as model:
         with pytest.raises(ControlRefused, match="is not healthy"):
-            control_model(triton.grpc, "load", model, timeout_s=60)
+            control_model(triton.grpc, "load", model, timeout_s=60, waits_s=(0.0, 0.0))
         trapped = list((triton.repository / model / fraud.release.version).glob("trapped*"))
 
     assert 3 == len(trapped)
