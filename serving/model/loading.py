@@ -26,7 +26,7 @@ from serving.model.load_errors import explain_load_error
 from serving.model.model_files import check_files
 from serving.model.pin import FileStates, ModelPin, check_files_unchanged, digest_folder, read_file_states
 from serving.model.processes import ModelFiles, ProcessModel, ProcessOptions
-from serving.model.python_model import ALLOW_PICKLE, CallForm, OutputForm, PythonModel, suppress_bytecode
+from serving.model.python_model import ALLOW_PICKLE, CallForm, OutputForm, PythonModel, keep_bytecode_out
 from serving.model.registry import Resolved
 from serving.model.requirements import list_libraries
 
@@ -150,7 +150,7 @@ def _load_cached(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool,
     try:
         # MLflow refuses skops files as it does pickles, unless this says that they were checked.
         allowed = allow_pickle or check_files(folder, MLmodel.load(str(folder / "MLmodel")))
-        with set_variable(ALLOW_PICKLE, str(allowed).lower()), suppress_bytecode():
+        with set_variable(ALLOW_PICKLE, str(allowed).lower()), keep_bytecode_out(folder):
             if is_torch:
                 model = _load_torch(folder, allow_pickle=allow_pickle)
             else:

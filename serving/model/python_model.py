@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def load_python_model(folder: Path, form: CallForm, threads: int) -> PythonModel
     import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
 
     is_onnx = _ONNX_LOADER in (folder / "MLmodel").read_text()
-    with suppress_bytecode(), _set_onnx_threads(threads) if is_onnx else nullcontext():
+    with keep_bytecode_out(folder), _set_onnx_threads(threads) if is_onnx else nullcontext():
         # MLflow goes through the files of every installed package to warn of versions, which takes one to two seconds.
         return PythonModel(mlflow.pyfunc.load_model(str(folder), suppress_warnings=True), form)
 
@@ -161,14 +161,23 @@ def _set_onnx_threads(threads: int) -> Generator[None]:
 
 
 @contextmanager
-def suppress_bytecode() -> Generator[None]:
-    """Keep Python from writing bytecode caches while the block runs."""
-    before = sys.dont_write_bytecode
-    sys.dont_write_bytecode = True
+def keep_bytecode_out(folder: Path) -> Generator[None]:
+    """Keep Python from writing bytecode into a folder while the block runs.
+
+    That of libraries is written: a process that loads a torch model imports some 1,300 modules, and compiles them for
+    five seconds where it finds none.
+    """
+    write = SourceFileLoader.set_data
+
+    def write_elsewhere(loader: SourceFileLoader, path: str, data: Any, **options: Any) -> None:
+        if not Path(path).resolve().is_relative_to(folder.resolve()):
+            write(loader, path, data, **options)
+
+    SourceFileLoader.set_data = write_elsewhere  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        sys.dont_write_bytecode = before
+        SourceFileLoader.set_data = write  # type: ignore[method-assign]
 
 
 def _is_fitted_on_categories(model: Any, loader: str) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from mlflow.types import ColSpec, Schema
 from serving.errors import ModelNotFound, ModelUnfit
 from serving.model.loading import check_model_unchanged, load_model
 from serving.model.pin import digest_files, digest_folder, read_file_states
+from serving.model.python_model import keep_bytecode_out
 from serving.model.registry import _download, open_model, resolve_model
 from tasks.storage import open_storage
 from tests.servers import set_environment
@@ -231,6 +233,22 @@ def test_resolving_loading_and_running_a_model_writes_nothing_into_the_registry(
     # What a model's own code imports later may leave Python's caches: they do not make it another model.
     assert before.items() <= listing(resolved.folder).items()
     assert resolved.pin == resolve_model(uri).pin
+
+
+def test_a_library_that_a_model_imports_keeps_its_bytecode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    name = f"imported_{uuid.uuid4().hex}"
+    for part in ("model", "library"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"{name}_{part}.py").touch()
+        monkeypatch.syspath_prepend(tmp_path / part)
+    # As a folder of MLflow's may be named.
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with keep_bytecode_out(tmp_path / "link"):
+        importlib.import_module(f"{name}_model")
+        importlib.import_module(f"{name}_library")
+
+    assert [f"{name}_library"] == [each.name.split(".")[0] for each in tmp_path.rglob("*.pyc")]
 
 
 def test_a_version_without_its_files_is_unfit(log_network: Log) -> None:
