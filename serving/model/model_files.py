@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +112,41 @@ def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
 
 
 def _untrusted_types(path: Path) -> list[str]:
-    import skops.io  # noqa: PLC0415 - few models need it
-
-    untrusted = set(skops.io.get_untrusted_types(file=path)) - _TRUSTED_TYPES
+    untrusted = set(import_skops().get_untrusted_types(file=path)) - _TRUSTED_TYPES
     if _DTYPE in untrusted:
         with zipfile.ZipFile(path) as archive:
             if _are_dtypes_arrays(json.loads(archive.read("schema.json"))):
                 untrusted.remove(_DTYPE)
     return sorted(untrusted)
+
+
+def import_skops() -> Any:
+    """Import skops without torch, where torch has not been imported before; return its module of files.
+
+    skops walks through all modules of scikit-learn, and the one for torch alone would import it: a second, and 200 MB.
+    Raises ImportError where skops is not installed.
+    """
+    with _hide_torch():
+        import skops.io  # noqa: PLC0415 - few models need it
+    return skops.io
+
+
+class _TorchHider:
+    """Finds no module of scikit-learn that is for torch alone."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "sklearn.externals.array_api_compat.torch":
+            raise ModuleNotFoundError(name=name)
+
+
+@contextmanager
+def _hide_torch() -> Generator[None]:
+    hider = _TorchHider()
+    sys.meta_path.insert(0, hider)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(hider)
 
 
 def _are_dtypes_arrays(state: Any) -> bool:

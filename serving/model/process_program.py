@@ -19,8 +19,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -293,29 +293,13 @@ def _import_libraries(modules: Sequence[str]) -> None:
         return
     for module in modules:
         # One that does not work here says so when a model is loaded.
-        with suppress(Exception), _hide_torch() if module == _SKOPS else nullcontext():
-            import_module(module)
+        with suppress(Exception):
+            if module == _SKOPS:
+                from serving.model.model_files import import_skops  # noqa: PLC0415 - it imports MLflow
 
-
-class _TorchHider:
-    """Finds no module of scikit-learn that is for torch alone.
-
-    skops walks through all modules of scikit-learn, and that one would import torch: a second, and 200 MB.
-    """
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name == "sklearn.externals.array_api_compat.torch":
-            raise ModuleNotFoundError(name=name)
-
-
-@contextmanager
-def _hide_torch() -> Generator[None]:
-    hider = _TorchHider()
-    sys.meta_path.insert(0, hider)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(hider)
+                import_skops()
+            else:
+                import_module(module)
 
 
 def _set_threads(threads: int) -> None:

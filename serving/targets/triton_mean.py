@@ -15,9 +15,9 @@ from serving.targets.triton_pauses import PauseWatch
 _PAUSES = PauseWatch()
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils
-from torch.utils.dlpack import from_dlpack
+
+from serving.targets.triton_tensors import make_tensor, read_tensor
 
 
 class TritonPythonModel:
@@ -42,11 +42,9 @@ class TritonPythonModel:
 
 
 def _average(request: Any, output: str, names: list[str]) -> Any:
-    # With numpy 2 as_numpy fails in Triton before 24.11; DLPack serves all.
-    values = [from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack()).numpy() for name in names]
+    values = [read_tensor(pb_utils.get_input_tensor_by_name(request, name)) for name in names]
     mean = np.mean(values, axis=0, dtype=np.float64).astype(values[0].dtype)
-    # Triton marks a capsule as used in a way that numpy's own complains of, and torch's does not.
-    return pb_utils.Tensor.from_dlpack(output, torch.from_numpy(np.ascontiguousarray(mean)))
+    return make_tensor(output, mean)
 
 
 _PAUSES.check()

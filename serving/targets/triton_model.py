@@ -19,13 +19,12 @@ from serving.targets.triton_pauses import PauseWatch
 _PAUSES = PauseWatch()
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils
-from torch.utils.dlpack import from_dlpack
 
 from serving.errors import BadRequest, DependencyFault, OvernightError
 from serving.model.contract import TEXT_DTYPES, Input, Output
 from serving.model.release import open_release
+from serving.targets.triton_tensors import make_tensor, read_tensor
 
 
 class TritonPythonModel:
@@ -50,8 +49,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Leave the slot, and end this process, which Triton waits for.
 
-        The interpreter would free every object of torch and MLflow one by one: a second or more of a core, just when
-        the next load may need it.
+        The interpreter would free every object of MLflow and the model's libraries one by one: a second or more of a
+        core, just when the next load may need it.
         """
         self.runtime.__exit__()
         sys.stdout.flush()
@@ -82,8 +81,7 @@ def _error_code(error: OvernightError) -> Any:
 
 def _to_numpy(tensor: Any, value: Input) -> Any:
     if value.dtype not in TEXT_DTYPES:
-        # With numpy 2 as_numpy fails in Triton before 24.11; DLPack serves all.
-        return from_dlpack(tensor.to_dlpack()).numpy().view(value.dtype).reshape(-1, *value.shape)
+        return read_tensor(tensor).view(value.dtype).reshape(-1, *value.shape)
     items = tensor.as_numpy().reshape(-1)
     texts = np.empty(len(items), dtype=object)
     texts[:] = [item.decode() for item in items] if value.dtype == "str" else list(items)
@@ -92,10 +90,7 @@ def _to_numpy(tensor: Any, value: Input) -> Any:
 
 def _to_tensor(array: Any, value: Output) -> Any:
     shaped = np.ascontiguousarray(array).reshape(len(array), *(value.shape or (1,)))
-    if value.dtype == "str":
-        return pb_utils.Tensor(value.name, shaped)
-    # Triton marks a capsule as used in a way that numpy's own complains of, and torch's does not.
-    return pb_utils.Tensor.from_dlpack(value.name, torch.from_numpy(shaped))
+    return pb_utils.Tensor(value.name, shaped) if value.dtype == "str" else make_tensor(value.name, shaped)
 
 
 # What runs next, before `initialize`, is Triton's own code.

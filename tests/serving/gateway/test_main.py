@@ -147,8 +147,13 @@ def test_an_envoy_that_does_not_answer_at_first_is_asked_again_to_close_its_conn
     assert 2 == admin.asked
 
 
-def read_pid(server: GatewayServer, process: str) -> int:
-    """Return the process that runs now, or zero: between its end and the next one's start there is no file."""
+def read_pid(server: GatewayServer, process: str, before: int = 0) -> int:
+    """Return the process that runs, as soon as it is another than the one before."""
+    return eventually(lambda: find_pid(server, process), lambda pid: pid not in {0, before})
+
+
+def find_pid(server: GatewayServer, process: str) -> int:
+    """Return what a process's file says, or zero: between its end and the next one's start there is no file."""
     try:
         return int((server.folder / f"{process}.pid").read_text())
     except FileNotFoundError:
@@ -159,7 +164,7 @@ def kill_and_wait(server: GatewayServer, process: str) -> None:
     """Kill a process of the gateway, and return once the gateway has started the next."""
     before = read_pid(server, process)
     os.kill(before, signal.SIGKILL)
-    eventually(lambda: read_pid(server, process) not in {0, before})
+    read_pid(server, process, before)
 
 
 @contextmanager
@@ -200,7 +205,7 @@ def test_envoy_serves_on_while_the_control_plane_is_killed_and_started_again(tmp
             before = read_pid(server, "control_plane")
             os.kill(before, signal.SIGKILL)
             wait_for_more(statuses)
-            eventually(lambda: read_pid(server, "control_plane") != before)
+            read_pid(server, "control_plane", before)
             # The next control plane answers as soon as it is up.
             assert admin.get("churn") is not None
             admin.put("churn", route(v2.url, ("2", 1)))

@@ -344,7 +344,7 @@ from pathlib import Path
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 sys.path = [name for name in sys.path if not (Path(name) / "flows").is_dir()]
 for path in sorted(Path("serving").rglob("*.py")):
-    if path.name not in ("bento_service.py", "ray_application.py", "triton_model.py"):
+    if path.name not in ("bento_service.py", "ray_application.py", "triton_model.py", "triton_tensors.py"):
         importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
 
 import numpy as np

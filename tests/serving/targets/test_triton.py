@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from mlflow.models import ModelSignature, infer_signature
+from sklearn.linear_model import LinearRegression
 
 from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.local.triton import TritonServer
@@ -169,6 +173,38 @@ def test_numbers_of_every_type_pass_both_ways(host: TritonHost, registry: Path) 
     assert 200 != mirror.post(address, ends).status_code
 
 
+def test_a_model_without_torch_is_served_without_it(host: TritonHost, triton: TritonServer, registry: Path) -> None:
+    linear = served(_register_linear("linear"), "linear")
+    address = host.deploy(linear.release, linear.model)
+    rows = {"a": np.arange(3.0), "b": np.ones(3)}
+    answer = linear.ask(address, rows, binary=True)
+    (instance,) = list_instances(triton, "linear")
+    libraries = Path(f"/proc/{instance}/maps").read_text()
+    host.remove(linear.release)
+
+    assert [1.0, 3.0, 5.0] == pytest.approx(answer["prediction"].tolist())
+    assert "sklearn" in libraries
+    assert "torch" not in libraries
+    # Python tells so of what fails while an object is freed, such as the capsule of an output.
+    assert "Exception ignored" not in triton.process.log_text()
+
+
+def _register_linear(name: str) -> str:
+    """Register scikit-learn's regression of 2 a + b, saved by skops; return its address."""
+    x = pd.DataFrame({"a": [0.0, 1.0, 2.0], "b": [1.0, 0.0, 2.0]})
+    y = pd.DataFrame({"prediction": 2 * x["a"] + x["b"]})
+    with mlflow.start_run():
+        logged = mlflow.sklearn.log_model(
+            LinearRegression().fit(x, y["prediction"]),
+            name="model",
+            signature=infer_signature(x, y),
+            serialization_format="skops",
+            pip_requirements=["scikit-learn", "skops"],
+            registered_model_name=name,
+        )
+    return f"models:/{name}/{logged.registered_model_version}"
+
+
 def _ends(dtype: np.dtype[Any]) -> Any:
     if dtype.kind == "b":
         return np.array([[False, True], [True, False]])
@@ -307,9 +343,6 @@ def test_a_pickled_version_is_refused_with_the_reason_and_the_others_of_its_endp
 
 def _pickled(like: Served) -> Served:
     """Return a torch network that was logged as a pickle, as version 7 of the same endpoint."""
-    import mlflow
-    from mlflow.models import ModelSignature
-
     signature: ModelSignature = resolve_model(like.release.pin.uri).mlmodel.signature
     with mlflow.start_run():
         logged = mlflow.pytorch.log_model(
