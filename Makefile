@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 # Without bytecode, which pip does not make either, each of hundreds of processes would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
-.PHONY: ci test test-batch test-tables test-tasks test-rest test-all test-servers test-endpoints test-flows test-serving test-side-by-side
+.PHONY: ci ci-whole ci-plan test test-batch test-tables test-tasks test-rest test-all test-servers test-endpoints test-flows test-serving test-side-by-side
 .PHONY: side-that-waits side-that-computes
 .PHONY: test-machines test-targets test-workers test-deployments test-nights test-image
 .PHONY: simulate simulate-fleet chaos bench-batch bench-peers bench-resume bench-generation bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
@@ -44,10 +44,18 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
-# The whole of CI on HEAD, in a fresh clone with a new environment: 35 to 57 minutes on two cores that do nothing else. A
-# commit that passes is written into .git/ci-passed.
+# CI on HEAD, in a fresh clone with a new environment, on two cores that do nothing else: all tests of values, and those with
+# servers or machines that the change since the last whole run can reach. A commit that passes is written into .git/ci-passed.
 ci:
 	@.ci/run-clean
+
+# The same with every test: 35 to 57 minutes. Where it passes, it writes tests/whole_run.json, to be committed next.
+ci-whole:
+	@.ci/run-clean --whole
+
+# What `make ci` would run for the work tree as it is, and why: for each file of tests the shortest chain from a change to it.
+ci-plan: $(STAMP)
+	@$(BIN)/python -m tests.selection
 
 # A group of tests. Each one that fails is run once more in a process of its own, and is unstable where it passes then.
 TESTS := $(BIN)/python -m tests.second_look
@@ -102,7 +110,10 @@ side-that-waits:
 side-that-computes:
 	@$(OWN_JOBS) nice -n 5 $(MAKE) -k -j 2 --output-sync=target types $(VALUE_GROUPS)
 
-SERVERS := -m "servers and not machines and not whole" --durations=30 --
+# The files of tests to which a group with servers or machines is limited: CHOSEN=FILE lists them, by default it is not.
+LIMIT := $(if $(CHOSEN),--chosen=$(CHOSEN))
+
+SERVERS := $(LIMIT) -m "servers and not machines and not whole" --durations=30 --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
 ENDPOINTS := $(wildcard tests/flows/test_endpoint*.py) tests/tasks/endpoint
 
@@ -121,7 +132,7 @@ test-machines: $(STAMP)
 	@$(MAKE) -j 3 --output-sync=target $(MACHINE_GROUPS)
 	@$(MAKE) test-nights
 
-MACHINES := -m machines --timeout 1200 --durations=30 --
+MACHINES := $(LIMIT) -m machines --timeout 1200 --durations=30 --
 IMAGE := tests/infra/test_docker.py
 NIGHTS := tests/deployments/test_nightly.py
 # The files that have such tests: to import all others takes a group half a minute.

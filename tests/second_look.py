@@ -1,7 +1,9 @@
 """Runs a group of tests, and each of those that fail once more, alone, in a new process with servers of its own.
 
-    python -m tests.second_look GROUP [OPTIONS OF PYTEST] -- PATHS
+    python -m tests.second_look GROUP [--chosen=FILE] [OPTIONS OF PYTEST] -- PATHS
     python -m tests.second_look --summary
+
+With `--chosen`, a group runs those of its tests alone that lie in the files of tests which FILE lists.
 
 A test that passes the second time is unstable: its group passes, and the summary names it. A group fails where a test
 fails twice, where pytest ends by anything but failed tests, and where more tests fail than may be unstable. Tests of
@@ -16,14 +18,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.selection.choice import narrow_paths
+
 RECORDS = Path(".tests")
 UNSTABLE_MAX = 5
-_OPTION = "--failed-tests"
+_OPTION = "--test-report"
+_CHOSEN = "--chosen="
+_NO_TESTS = 5
 _WITHOUT_SECOND_LOOK = "tests/simulation/"
 
 
@@ -32,7 +39,8 @@ class GroupRecord:
     """How a group of tests ended: by name the tests that failed once, and those that failed for good.
 
     `seconds` are those of the clock, `processor_seconds` those of its processes that have ended. `problem` says what
-    ended the group where that was no failed test.
+    ended the group where that was no failed test. `tests` is how many were run, and `seconds_by_file` how long those of
+    each file took.
     """
 
     group: str
@@ -41,24 +49,35 @@ class GroupRecord:
     failed: list[str]
     problem: str = ""
     processor_seconds: float = 0.0
+    tests: int = 0
+    seconds_by_file: dict[str, float] = field(default_factory=dict)
 
 
-def run_group(group: str, options: Sequence[str], paths: Sequence[str]) -> GroupRecord:
+def run_group(
+    group: str, options: Sequence[str], paths: Sequence[str], chosen: Sequence[str] | None = None
+) -> GroupRecord:
     """Run a group of tests in the current folder, and look twice at those that fail.
 
     Args:
         group: Its name.
         options: Those of pytest, for both looks.
         paths: What is collected: files, folders and `--ignore=` of some of them.
+        chosen: The files of tests that are run, of those that are collected; by default all.
 
     Returns:
         What is kept of it in `.tests/GROUP.json` too.
     """
     RECORDS.mkdir(exist_ok=True)
-    report, start = RECORDS / f"{group}.failed", time.monotonic()
+    report, start = RECORDS / f"{group}.report", time.monotonic()
     report.unlink(missing_ok=True)
-    code = _run_pytest([f"{_OPTION}={report}", *options, *paths])
-    failed = report.read_text().splitlines() if report.exists() else None
+    if chosen is not None:
+        paths = narrow_paths(paths, chosen)
+    code = _run_pytest([f"{_OPTION}={report}", *options, *paths]) if paths else 0
+    told = json.loads(report.read_text()) if report.exists() else _Report().as_json() if not paths else None
+    if chosen is not None and code == _NO_TESTS:
+        # The files have other tests than those of this group.
+        code = 0
+    failed = told["failed"] if told else None
     problem = find_problem(code, failed)
     unstable = [] if problem else [test for test in failed or [] if _passes_alone(test, options)]
     record = GroupRecord(
@@ -68,6 +87,8 @@ def run_group(group: str, options: Sequence[str], paths: Sequence[str]) -> Group
         failed=[test for test in failed or [] if test not in unstable],
         problem=problem,
         processor_seconds=_count_processor_seconds(),
+        tests=told["tests"] if told else 0,
+        seconds_by_file=told["seconds_by_file"] if told else {},
     )
     (RECORDS / f"{group}.json").write_text(json.dumps(asdict(record), indent=1))
     return record
@@ -107,24 +128,39 @@ def summarize(records: Sequence[GroupRecord]) -> tuple[str, bool]:
     return "\n".join(lines), passed and not any(record.problem or record.failed for record in records)
 
 
+@dataclass(slots=True)
+class _Report:
+    """What pytest's process tells at its end: the tests that failed, how many there were, and seconds by file."""
+
+    failed: list[str] = field(default_factory=list)
+    tests: int = 0
+    seconds_by_file: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let pytest, which loads this module as a plugin, take the file for the names of failed tests."""
-    parser.addoption(_OPTION, type=Path, help="the file for the names of the tests that failed, written at the end")
+    """Let pytest, which loads this module as a plugin, take the file for what it tells of the tests."""
+    parser.addoption(_OPTION, type=Path, help="the file for what is told of the tests, written at the end")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep the name of a test that failed, in its body, set-up or tear-down."""
-    if report.failed and report.nodeid not in _failed_here:
-        _failed_here.append(report.nodeid)
+    """Count a test and its seconds, and keep its name where it failed in its body, set-up or tear-down."""
+    path = report.nodeid.partition("::")[0]
+    _here.seconds_by_file[path] = round(_here.seconds_by_file.get(path, 0.0) + report.duration, 3)
+    _here.tests += report.when == "call"
+    if report.failed and report.nodeid not in _here.failed:
+        _here.failed.append(report.nodeid)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the names of the tests that failed: where there is no file, pytest did not come so far."""
+    """Write what is told of the tests: where there is no file, pytest did not come so far."""
     if path := session.config.getoption(_OPTION):
-        path.write_text("".join(f"{test}\n" for test in _failed_here))
+        path.write_text(json.dumps(_here.as_json(), indent=1))
 
 
-_failed_here: list[str] = []
+_here = _Report()
 
 
 def _run_pytest(arguments: Sequence[str]) -> int:
@@ -156,7 +192,14 @@ def main(arguments: Sequence[str]) -> int:
         return int(not passed)
     group, *rest = arguments
     split = rest.index("--")
-    record = run_group(group, rest[:split], rest[split + 1 :])
+    options, paths = rest[:split], rest[split + 1 :]
+    chosen = next((each.removeprefix(_CHOSEN) for each in options if each.startswith(_CHOSEN)), None)
+    record = run_group(
+        group,
+        [each for each in options if not each.startswith(_CHOSEN)],
+        paths,
+        None if chosen is None else Path(chosen).read_text().splitlines(),
+    )
     words, passed = summarize([record])
     print(words, flush=True)
     return int(not passed)

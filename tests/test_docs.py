@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,11 @@ import yaml
 from pydantic import BaseModel
 
 from deployments.command_line import app
+from tests.pages import ROOT, Block, read_blocks
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = ("flows", "tasks", "serving", "deployments", "infra")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A fenced block of a page."""
-
-    page: Path
-    language: str
-    text: str
-
-
-def read_blocks(page: Path, text: str | None = None) -> list[Block]:
-    """Return the fenced blocks of a page, or of a text of it, in order."""
-    content = page.read_text() if text is None else text
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", content, flags=re.MULTILINE | re.DOTALL)
-    return [Block(page=page, language=language, text=text) for language, text in found]
 
 
 def name_of(value: object) -> str:

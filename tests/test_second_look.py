@@ -93,6 +93,21 @@ def test_a_test_that_fails_twice_fails_its_group(text: str, tmp_path: Path) -> N
     assert 1 == len(record.failed)
 
 
+def test_a_group_runs_the_chosen_files_alone(tmp_path: Path) -> None:
+    run_tests(tmp_path, {"test_a.py": PASSES, "test_b.py": FAILS_TWICE})
+    (tmp_path / "chosen").write_text("test_a.py\n")
+    (tmp_path / "none").write_text("")
+    paths = ["test_a.py", "test_b.py"]
+    chosen = run_second_look(tmp_path, "chosen", "--chosen=chosen", "-q", "--", *paths)
+    nothing = run_second_look(tmp_path, "nothing", "--chosen=none", "-q", "--", *paths)
+    other = run_second_look(tmp_path, "other", "--chosen=chosen", "-q", "-k", "another", "--", *paths)
+    records = [json.loads((tmp_path / f".tests/{group}.json").read_text()) for group in ("chosen", "nothing", "other")]
+
+    assert [0, 0, 0] == [chosen.returncode, nothing.returncode, other.returncode]
+    assert [1, 0, 0] == [record["tests"] for record in records]
+    assert ["test_a.py"] == list(records[0]["seconds_by_file"])
+
+
 def test_the_simulation_has_no_second_look(tmp_path: Path) -> None:
     code, record = run_tests(tmp_path, {TEST_OF_SIMULATION: FAILS_ONCE})
 

@@ -13,7 +13,7 @@ import pytest
 
 import flows
 import serving.errors
-from tests.test_docs import ROOT
+from tests.pages import ROOT
 
 pytestmark = pytest.mark.servers
 

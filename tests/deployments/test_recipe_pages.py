@@ -18,8 +18,8 @@ from infra.local.nats import NatsServer
 from infra.local.prefect_server import PrefectServer
 from tests.child_environment import add_project
 from tests.eventually import eventually
+from tests.pages import ROOT, Block, read_blocks
 from tests.servers import triton_or_skip
-from tests.test_docs import ROOT, Block, read_blocks
 
 RECIPES = ROOT / "docs" / "recipes"
 NATS = "nats://127.0.0.1:4222"

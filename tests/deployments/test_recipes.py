@@ -21,7 +21,7 @@ from tasks.batch.manifest import open_predictions
 from tests.child_environment import add_project
 from tests.deployments.flow_runs import state_of, wait_for
 from tests.eventually import eventually
-from tests.test_docs import ROOT, read_blocks
+from tests.pages import ROOT, read_blocks
 
 SECONDS_MAX = 120.0
 

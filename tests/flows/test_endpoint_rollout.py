@@ -23,9 +23,9 @@ from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
 from tasks.endpoint.spec import EndpointSpec
 from tasks.endpoint.targets import KServe
+from tests.pages import ROOT, read_blocks
 from tests.serving.targets.manifests import check_all
 from tests.serving.toys import matrix
-from tests.test_docs import ROOT, read_blocks
 
 if TYPE_CHECKING:
     from tasks.endpoint.report import Endpoint

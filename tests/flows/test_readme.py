@@ -10,8 +10,8 @@ import mlflow
 import pytest
 
 from infra.local.prefect_server import PrefectServer
+from tests.pages import ROOT, read_blocks
 from tests.support import register_network, write_customers
-from tests.test_docs import ROOT, read_blocks
 
 
 def test_the_example_of_the_readme_prints_what_the_readme_shows(

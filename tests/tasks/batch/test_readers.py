@@ -21,9 +21,9 @@ from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, publish
 from tasks.batch.run_records import save_plan
 from tasks.storage import open_storage
+from tests.pages import ROOT, read_blocks
 from tests.tasks.batch.iceberg_tables import configure, open_lake
 from tests.tasks.batch.small import a_contract, a_plan, numbers, put, put_parts
-from tests.test_docs import ROOT, read_blocks
 
 NAME = "lake.sales.scores"
 OUTPUTS = (

@@ -16,8 +16,8 @@ from tasks.scheduler.decision import Decision
 from tasks.scheduler.prices import PriceQuote
 from tasks.scheduler.scenario import DecisionInputs
 from tasks.scheduler.workload import ArrivalRate, Events, Machine, Prices, Requests, Table, Workload
+from tests.pages import ROOT, read_blocks
 from tests.tasks.scheduler.values import HOUR, PRICES, availability, profile, workload
-from tests.test_docs import ROOT, read_blocks
 
 NOW = datetime(2026, 1, 30, 12, tzinfo=UTC)
 
