@@ -17,7 +17,6 @@ from tests.selection.graph import (
     UnknownEdgeError,
     build_graph,
     is_named,
-    list_files,
     read_declarations,
 )
 from tests.selection.record import (
@@ -28,8 +27,8 @@ from tests.selection.record import (
     read_whole_run,
     write_whole_run,
 )
+from tests.test_architecture import ROOT, list_tracked_files
 
-ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 12, 7, tzinfo=UTC)
 # A product of two modules and a file of settings, a child that a test starts, and three files of tests.
 GRAPH = Graph(
@@ -52,9 +51,7 @@ def choose(*changed: str) -> Choice:
 
 @functools.cache
 def graph_of_checkout() -> Graph:
-    if not (ROOT / ".git").exists():
-        pytest.skip("no git checkout here: the list of files comes from git")
-    return build_graph(ROOT, list_files(ROOT), read_declarations())
+    return build_graph(ROOT, list_tracked_files(), read_declarations())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +144,7 @@ def test_every_module_of_the_product_reaches_a_test_or_is_declared_to_reach_none
     graph = graph_of_checkout()
     lost = [
         path
-        for path in list_files(ROOT)
+        for path in list_tracked_files()
         if not any("/test_" in node or node.startswith("tests/test_") for node in graph.find_chains([path]))
         and not is_named(path, [*read_declarations().everything, *read_declarations().nothing])
     ]
