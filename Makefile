@@ -49,11 +49,12 @@ deploy: $(STAMP)
 ci:
 	@.ci/run-clean
 
-# The same with every test: 35 to 57 minutes. Where it passes, it writes tests/whole_run.json, to be committed next.
+# The same with every test: 35 to 57 minutes. Where it passes, it writes tests/whole_run.json and tests/reads.json, to be
+# committed next.
 ci-whole:
 	@.ci/run-clean --whole
 
-# What `make ci` would run for the work tree as it is, and why: for each file of tests the shortest chain from a change to it.
+# What `make ci` would run for the work tree as it is, and why: for each file of tests a changed file that it reads.
 ci-plan: $(STAMP)
 	@$(BIN)/python -m tests.selection
 

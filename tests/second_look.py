@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -72,8 +71,10 @@ def run_group(
     report.unlink(missing_ok=True)
     if chosen is not None:
         paths = narrow_paths(paths, chosen)
-    code = _run_pytest([f"{_OPTION}={report}", *options, *paths]) if paths else 0
-    told = json.loads(report.read_text()) if report.exists() else _Report().as_json() if not paths else None
+    if not paths:
+        return _keep(GroupRecord(group=group, seconds=0.0, unstable=[], failed=[]))
+    code = _run_pytest([f"{_OPTION}={report}", *options, *paths])
+    told = json.loads(report.read_text()) if report.exists() else None
     if chosen is not None and code == _NO_TESTS:
         # The files have other tests than those of this group.
         code = 0
@@ -90,7 +91,11 @@ def run_group(
         tests=told["tests"] if told else 0,
         seconds_by_file=told["seconds_by_file"] if told else {},
     )
-    (RECORDS / f"{group}.json").write_text(json.dumps(asdict(record), indent=1))
+    return _keep(record)
+
+
+def _keep(record: GroupRecord) -> GroupRecord:
+    (RECORDS / f"{record.group}.json").write_text(json.dumps(asdict(record), indent=1))
     return record
 
 
@@ -136,9 +141,6 @@ class _Report:
     tests: int = 0
     seconds_by_file: dict[str, float] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let pytest, which loads this module as a plugin, take the file for what it tells of the tests."""
@@ -157,7 +159,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write what is told of the tests: where there is no file, pytest did not come so far."""
     if path := session.config.getoption(_OPTION):
-        path.write_text(json.dumps(_here.as_json(), indent=1))
+        path.write_text(json.dumps(asdict(_here), indent=1))
 
 
 _here = _Report()
@@ -165,7 +167,8 @@ _here = _Report()
 
 def _run_pytest(arguments: Sequence[str]) -> int:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.second_look", *arguments], check=False
+        [sys.executable, "-m", "pytest", "-p", "tests.selection.plugin", "-p", "tests.second_look", *arguments],
+        check=False,
     ).returncode
 
 

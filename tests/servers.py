@@ -1,4 +1,7 @@
-"""Real servers that tests start, or skip where they are missing; their variables and their ports."""
+"""Real servers that tests start, or skip where they are missing; their variables and their ports.
+
+What starts a server is imported by the function that does, so that a test reads only the modules of its own servers.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from uv import find_uv_bin
 
-from infra.local.prefect_server import PrefectServer, prefect_server
-from infra.local.triton import TritonServer, triton_server
-from infra.local.venv import RegistryUnreachable, make_venv
+if TYPE_CHECKING:
+    from infra.local.prefect_server import PrefectServer
+    from infra.local.triton import TritonServer
 
 _tritons: list[TritonServer] = []
 _LOG_LINES = 200
@@ -22,6 +26,8 @@ _LOG_LINES = 200
 
 def triton_or_skip(folder: Path) -> TritonServer:
     """Start a real Triton below a folder, or skip; what is raised names the command that brings the wheel."""
+    from infra.local.triton import triton_server
+
     try:
         server = triton_server(folder / "repository", folder / "server")
     except FileNotFoundError as error:
@@ -42,6 +48,8 @@ def read_triton_log() -> str:
 
 def python_or_skip(name: str) -> Path:
     """Return the interpreter of what infra/local/NAME.txt pins, installed where it is not there yet, or skip."""
+    from infra.local.venv import RegistryUnreachable, make_venv
+
     try:
         return make_venv(Path(__file__).parents[1] / f"infra/local/{name}.txt", uv=find_uv_bin()) / "bin/python"
     except RegistryUnreachable as failure:
@@ -54,6 +62,8 @@ def use_prefect(folder: Path, template_folder: Path, *, services: bool = True) -
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+
+    from infra.local.prefect_server import prefect_server
 
     # The worker that sends events stays with the server that was there when it began.
     EventsWorker.drain_all(timeout=10)
