@@ -15,9 +15,10 @@ from flows.runtime.joining import check_workers, find_start, is_beside_another, 
 from flows.runtime.names import rename_flow_run
 from flows.runtime.run_gate import open_gate
 from flows.runtime.run_record import CallRecord, record_call
+from flows.runtime.run_span import describe_run_span
 from flows.runtime.steps import Steps, find_logger, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
-from flows.runtime.tracing import describe_run_span, describe_span
+from flows.runtime.tracing import describe_span
 from serving.errors import StorageFault
 from serving.option_words import give_option
 from tasks.batch.artifacts import (

@@ -18,19 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
-from opentelemetry.trace import SpanContext
 from prefect.context import TaskRunContext
 from prefect.logging import get_logger
 from prefect.telemetry.run_telemetry import LABELS_TRACEPARENT_KEY
-from pydantic import Field
 
 from flows.runtime.steps import flow_run
-from serving.errors import StorageFault
-from serving.model.contract import Frozen
 from serving.redaction import hide_secrets
-from tasks.batch.plan import Plan
-from tasks.batch.run_records import read_record
-from tasks.storage import Storage
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -40,15 +33,8 @@ Attributes = Mapping[str, str | int | float | bool]
 
 # The names by which OpenTelemetry's conventions tell what kind of error ended a span, and its message.
 ERROR_TYPE, ERROR_MESSAGE = "error.type", "error.message"
-_TRACE_FILE = "trace.json"
 _lock = threading.Lock()
 _tried = threading.Event()
-
-
-class TraceStart(Frozen):
-    """Where the trace of a run begins: the flow span of its first attempt, as W3C's traceparent."""
-
-    traceparent: str = Field(description="Version, trace, span and flags, in hexadecimal digits.")
 
 
 def start_tracing() -> None:
@@ -128,47 +114,6 @@ def is_ray_worker() -> bool:
 def describe_span(attributes: Attributes) -> None:
     """Add attributes to the span of the flow run or task run that this is called in."""
     trace.get_current_span().set_attributes(attributes)
-
-
-def describe_run_span(plan: Plan, storage: Storage) -> None:
-    """Say on the span of the flow run which run it scores, and link it to the first attempt of that run."""
-    span = trace.get_current_span()
-    if not span.is_recording():
-        return
-    span.set_attributes(
-        {
-            "overnight.run": plan.run,
-            "overnight.run_key": plan.key,
-            "overnight.model": plan.model.uri,
-            "overnight.source": plan.source.title,
-            "overnight.destination": storage.url,
-            "overnight.output": plan.options.output,
-            "overnight.rows": plan.rows,
-            "overnight.chunks": len(plan.chunks),
-            "overnight.shards": len(plan.shards),
-        }
-    )
-    first = _find_first_attempt(plan, storage, span.get_span_context())
-    if first is not None:
-        span.add_link(first, {"overnight.link": "first attempt of this run"})
-
-
-def _find_first_attempt(plan: Plan, storage: Storage, this: SpanContext) -> SpanContext | None:
-    """Return the flow span of the first attempt that was traced; None where this is it, or it is not known."""
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier, trace.set_span_in_context(trace.NonRecordingSpan(this)))
-    path = f"{plan.folder}/{_TRACE_FILE}"
-    try:
-        start = TraceStart(traceparent=carrier.get("traceparent", ""))
-        if storage.put_new(path, start.model_dump_json().encode()):
-            return None
-        found = read_record(storage, path, TraceStart)
-    except StorageFault as error:
-        get_logger("overnight").warning("The trace must be linked to earlier attempts, got: %s", error)
-        return None
-    context = propagate.extract({"traceparent": found.traceparent}) if found else None
-    first = trace.get_current_span(context).get_span_context()
-    return first if first.is_valid and first.span_id != this.span_id else None
 
 
 def note_error(error: BaseException) -> None:
